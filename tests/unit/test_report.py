@@ -14,7 +14,7 @@ from eopd.config import ConfigError
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report.charts import Frame, curves, histogram, stacked, ticks
 from eopd.telemetry.report.headline import result
-from eopd.telemetry.report.healthy import HEALTHY
+from eopd.telemetry.report.healthy import HEALTHY, minus
 from eopd.telemetry.report.lines import Line, extremes, look, smoothed, thinned
 from eopd.telemetry.report.objective import gate_value, lead_of
 from eopd.telemetry.report.page import report_of_ended, write_report
@@ -197,12 +197,12 @@ def test_the_headline_has_the_numbers_of_the_run(run, page):
         "first completed",
         "steps 3 of 10",
         "response tokens 1,200",
-        "tokens per second 50.0",
+        "tokens per second, in the steps 50.0",
         "1:02:05",
     ):
         assert expected in text
 
-    assert "reverse KL nats 4.000 ± 0.100 1.000 ± 0.100 -3.000" in text
+    assert "reverse KL nats 4.000 ± 0.100 1.000 ± 0.100 \u22123.000" in text
     assert "torch 2.13.0" in text and "loss.gate.tau 0.8" in text
 
 
@@ -240,7 +240,7 @@ def test_runs_are_compared_by_their_final_numbers(run, page):
         "held-out reverse KL, after 1.000 ± 0.100 2.000 ± 0.100",
         "held-out top-1 agreement, after - 0.500 ± 0.100",
         "held-out reverse KL, source lists, after - 3.000 ± 0.100",
-        "wall time 1:02:05 1:02:05 tokens per second 50.0 50.0",
+        "wall time 1:02:05 1:02:05 tokens per second, in the steps 50.0 50.0",
     ):
         assert expected in text
 
@@ -649,8 +649,27 @@ def test_the_table_has_the_error_of_a_paired_change(run, page):
         for s, p, kl in ((0, "before", 4.0), (9, "after", 1.5))
     )
     text = " ".join(page(run(**{"evaluations.jsonl": [before, after | paired]})).text.split())
-    assert "reverse KL nats 4.000 ± 0.100 1.500 ± 0.100 -2.500 ± 0.500" in text
-    assert "forward KL nats 4.000 ± 0.100 1.500 ± 0.100 -2.500 top-1" in text
+    assert "reverse KL nats 4.000 ± 0.100 1.500 ± 0.100 \u22122.500 ± 0.500" in text
+    assert "forward KL nats 4.000 ± 0.100 1.500 ± 0.100 \u22122.500 top-1" in text
+
+
+def test_an_error_is_explained_where_it_stands(run, page):
+    note = "\u00b1 is one standard error, clustered by prompt."
+    assert page(run()).text.count(note) == 1
+    without = {"held_out": {"before": {"reverse_kl": {"mean": 4.0, "standard_error": None}}}}
+    assert note not in page(run("alone", **{"summary.json": json.dumps(SUMMARY | without)})).text
+    assert page(run("one"), run("other")).text.count(note) == 3  # of each, and side by side
+
+
+def test_every_number_has_the_same_minus_sign():
+    assert minus("-0.5 (-1.25 to +2), 1e-05, top-1, a-2") == (
+        "\u22120.5 (\u22121.25 to +2), 1e-05, top-1, a-2"
+    )
+
+
+def test_settings_are_written_as_yaml_has_them(run, page):
+    text = page(run(**{"config.yaml": f"{CONFIG}  reward: null\n  on: true\n"})).text
+    assert "loss.reward null" in " ".join(text.split()) and "None" not in text
 
 
 def test_without_a_paired_difference_the_two_errors_add_up(run):
@@ -949,7 +968,7 @@ def test_arms_are_compared_in_pairs_of_one_seed(sweep, page):
     # of 1, 2, 3: 2 and 4.303 / sqrt 3 on both sides; of 2, 3.1: 2.55 and 12.706 x 0.55;
     # differences 1.0 and 1.1: 1.05 and 12.706 x 0.05
     assert (
-        "reverse KL 2.000 (-0.484 to 4.484) 2.550 (-4.438 to 9.538)+1.050 (+0.415 to +1.685)"
+        "reverse KL 2.000 (\u22120.484 to 4.484) 2.550 (\u22124.438 to 9.538)+1.050 (+0.415 to +1.685)"
     ) in text
 
 
@@ -1477,7 +1496,8 @@ def test_both_ends_of_an_axis_have_a_label(low, high, ends):
     frame = Frame([(0.0, low), (1.0, high)])
     assert (frame.y_min, frame.y_max) == pytest.approx(ends)
     for end in ends:
-        assert f'y="{frame.y(end) + 3.5}" text-anchor="end">{end:g}</text>' in frame.axes()
+        label = f"{end:g}".replace("-", "\u2212")
+        assert f'y="{frame.y(end) + 3.5}" text-anchor="end">{label}</text>' in frame.axes()
 
 
 def test_what_the_steps_are_called_stands_under_the_axis():

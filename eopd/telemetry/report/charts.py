@@ -14,6 +14,7 @@ from typing import Final
 
 from markupsafe import Markup
 
+from eopd.telemetry.report.healthy import minus
 from eopd.telemetry.report.lines import Line, Points, extremes, look, smoothed, thinned
 
 WIDTH, HEIGHT = 360, 190
@@ -70,7 +71,8 @@ class Frame:
         parts = []
         for tick in multiples(self.y_min, self.y_max, self._step):
             y = self.y(tick)
-            label = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}".replace("e-0", "e-")
+            short = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}".replace("e-0", "e-")
+            label = minus(short)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
 
@@ -308,7 +310,8 @@ def _svg(
         "percent": percent,
         "lines": [{"label": label, "points": points} for label, points in curves],
     }
-    ends = "; ".join(f"{label}: {points[0][1]:g} to {points[-1][1]:g}" for label, points in curves)
+    spans = [(label, points[0][1], points[-1][1]) for label, points in curves]
+    ends = "; ".join(f"{label}: {minus(f'{first:g} to {last:g}')}" for label, first, last in spans)
     picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         WIDTH, HEIGHT, f"{title}. {ends or 'no numbers yet'}"
     )

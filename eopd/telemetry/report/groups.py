@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from eopd.config.benchmark import HELD_OUT
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.telemetry.evaluations import COMPARED, MEASURED
+from eopd.telemetry.report.healthy import minus
 from eopd.telemetry.report.lines import Line, finite, mean
 from eopd.telemetry.report.reading import RunRecord
 
@@ -142,9 +143,9 @@ def _shown(found: Interval | None, sign: str) -> str:
 
     shown = f"{found.mean:{sign}.3f}"
     if found.low is None or found.high is None:
-        return shown
+        return minus(shown)
 
-    return f"{shown} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+    return minus(f"{shown} ({found.low:{sign}.3f} to {found.high:{sign}.3f})")
 
 
 def _is_clear(difference: Interval | None) -> bool:

@@ -14,9 +14,10 @@ from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
 from eopd.telemetry.evaluations import COMPARED, MEASURED
+from eopd.telemetry.report.healthy import minus
 from eopd.telemetry.report.reading import Record, RunRecord, parts
 
-MINUS: Final = "\u2212"
+_RATE: Final = "tokens per second, in the steps"
 
 
 def headline(run: RunRecord) -> Mapping[str, Any]:
@@ -47,13 +48,14 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
         "facts": {
             "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
             "response tokens": f"{tokens:,.0f}",
-            "tokens per second": f"{tokens / seconds:.1f}",
+            _RATE: f"{tokens / seconds:.1f}",
             "wall time": clock(run.wall_s),
             "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
             **age,
         },
         "after": f"after step {measured[-1].step}" if after and run.is_under_way else "after",
         "held_out": [row for name, row in rows.items() if name in MEASURED],
+        "has_errors": any("±" in text for row in rows.values() for text in row.values()),
         "parts": [row for name, row in rows.items() if name not in MEASURED],
     }
 
@@ -125,7 +127,7 @@ def _interval(change: Measurement) -> str:
 
 
 def _signed(value: float, style: str) -> str:
-    return format(value, f"+{style}").replace("-", MINUS)
+    return minus(format(value, f"+{style}"))
 
 
 def _best(best: Best | None) -> str:
@@ -156,7 +158,7 @@ def _change(
     """Returns a row of the table; its change has an error where it is paired by prompt."""
     difference = ""
     if before is not None and after is not None:
-        difference = (paired or Measurement(mean=after.mean - before.mean)).shown("+")
+        difference = minus((paired or Measurement(mean=after.mean - before.mean)).shown("+"))
 
     return {
         "label": label,
@@ -179,7 +181,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         values = [_measured(measurements.get(name)) for measurements in after]
         rows.append((f"held-out {label}, after", values))
 
-    for name in ("response tokens", "wall time", "tokens per second"):
+    for name in ("response tokens", "wall time", _RATE):
         rows.append((name, [run_facts[name] for run_facts in facts]))
 
     return rows
@@ -208,7 +210,7 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
 
 
 def _measured(measurement: Measurement | None) -> str:
-    return "-" if measurement is None else measurement.shown()
+    return "-" if measurement is None else minus(measurement.shown())
 
 
 def clock(seconds: float) -> str:

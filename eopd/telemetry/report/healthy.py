@@ -5,9 +5,12 @@ for charts to draw and to judge by.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+_HYPHEN: Final = re.compile(r"(?<![\w.])-(?=\d)")  # of a number, and of no exponent
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ def judge(
     return Verdict(words, True)
 
 
+def minus(text: str) -> str:
+    """Returns numbers in words with the minus sign that the page has everywhere."""
+    return _HYPHEN.sub("\u2212", text)
+
+
 def number(value: float, percent: bool) -> str:
     """Returns a value as charts show it."""
-    return f"{100 * value:.3g} %" if percent else f"{value:.3g}"
+    return minus(f"{100 * value:.3g} %" if percent else f"{value:.3g}")

@@ -8,7 +8,8 @@
     return element;
   };
   const dataAfter = (element) => JSON.parse(element.parentElement.querySelector("script").textContent);
-  const nats = (value) => (value === null ? "−∞" : value.toFixed(3));
+  const nats = (value) => (value === null ? "−∞" : minus(value.toFixed(3)));
+  const minus = (text) => text.replace("-", "−");
   const chance = (logprob) => (logprob === null ? "0%" : percent(100 * Math.exp(logprob)));
   const percent = (value) => (value < 0.01 ? "below 0.01" : value < 10 ? value.toPrecision(2) : value.toFixed(1)) + "%";
 
@@ -25,7 +26,7 @@
     const name = data.texts[text];
     const numbers = make("dl");
     const say = (label, value) => numbers.append(make("dt", label), make("dd", value));
-    const kl = student === null || teacher === null ? "∞" : (student - teacher >= 0 ? "+" : "") + (student - teacher).toFixed(3);
+    const kl = student === null || teacher === null ? "∞" : (student - teacher >= 0 ? "+" : "") + minus((student - teacher).toFixed(3));
     say("student gives it", chance(student));
     say("teacher gives it", chance(teacher));
     say("log p − log q", kl + " nats");
@@ -129,7 +130,7 @@
       readout.replaceChildren(make("b", name + " " + x), ...lines.map((line) => {
         const row = make("div");
         const point = nearest(line.points, x);
-        const [y, low, high] = (point || []).slice(1).map((value) => (shares ? (100 * value).toFixed(1) + "%" : String(value)));
+        const [y, low, high] = (point || []).slice(1).map((value) => (shares ? (100 * value).toFixed(1) + "%" : String(value)).replace(/^-/, "−"));
         row.append(make("span", line.label), make("b", y === undefined ? "–" : low === undefined ? y : y + " (" + low + " to " + high + ")"));
         return row;
       }));

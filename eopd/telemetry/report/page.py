@@ -2,6 +2,7 @@
 files beside this one.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import jinja2
 from eopd.config import ConfigError
 from eopd.telemetry.report.groups import arms_of, compared, groups_of
 from eopd.telemetry.report.headline import comparison, headline, measured_differently
+from eopd.telemetry.report.healthy import minus
 from eopd.telemetry.report.lines import look
 from eopd.telemetry.report.measured import histograms, measured
 from eopd.telemetry.report.objective import lead_of, objective_of
@@ -31,7 +33,7 @@ _ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
 )
-_ENVIRONMENT.filters |= {"explained": explained, "anchor": anchor}
+_ENVIRONMENT.filters |= {"explained": explained, "anchor": anchor, "minus": minus}
 
 
 def write_report(
@@ -130,7 +132,12 @@ def _table(columns: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = []
     for key in keys:
-        values = [str(column.get(key, "-")) for column in columns]
+        values = [_written(column.get(key, "-")) for column in columns]
         rows.append((key, values, len(set(values)) > 1))
 
     return sorted(rows, key=lambda row: not row[2])
+
+
+def _written(value: object) -> str:
+    """Returns a setting as YAML has it: ``null`` and ``true`` in the place of Python's words."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

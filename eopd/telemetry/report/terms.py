@@ -15,7 +15,8 @@ TERMS: Final = {
     ),
     "forward KL": (
         "How much the student misses of what the teacher would write, over the teacher's "
-        "most likely tokens. 0 where both agree."
+        "most likely tokens. 0 where both agree. Held out it has the form "
+        "`tail`, where all other tokens count as one more; in training that of loss.forward_kl."
     ),
     "top-1 agreement": (
         "The share of tokens at which student and teacher have the same favourite."
@@ -42,7 +43,10 @@ TERMS: Final = {
         "avg@n is the mean share of correct answers, pass@k the share of questions of which "
         "at least one of k answers is correct."
     ),
-    "distinct n-grams": "The share of runs of n tokens that are written once: diversity.",
+    "distinct n-grams": (
+        "How many different runs of n tokens the answers to a question have, of all their runs of "
+        "n tokens: 1 where none comes twice."
+    ),
     "held out": "Prompts that are measured and never trained on.",
     "held-out": "Of prompts that are measured and never trained on.",
 }
