@@ -117,7 +117,8 @@ def _require_plain_names(where: Path, model: PreTrainedModel) -> None:
         raise ConfigError(
             f"{where}: transformers keeps {_some(changed)} of {type(model).__name__} in "
             "another form than a checkpoint, which rollout engines do not take in flight; "
-            "such a model (a mixture of experts) can teach, and cannot be a student"
+            "such a model (fused experts, or weights under other names) can teach, and cannot be "
+            "a student"
         )
 
 
