@@ -2,6 +2,7 @@
 teacher that has a template of its own.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,11 @@ from eopd.types import PromptSample
 
 FAULTS_SHOWN: Final = 5
 _ROW: Final = "\0"  # stands for a place in a message
+# what a message tells of a value: rows that differ in it alone have the same mistake
+_VALUE: Final = re.compile(
+    r"(?<=is )(?:the number .*|\".*)$|(?<=: )'.*' stands twice: it is that of .*(?= too )",
+    re.DOTALL,
+)
 
 
 def list_places(places: Sequence[str]) -> str:
@@ -146,19 +152,23 @@ class _Loading:
         rows = read_part(part, key, self.config.columns)
         prompts: list[PromptSample] = []
         noted: Counter[str] = Counter()
-        faults: dict[str, list[str]] = {}  # the places of the rows, by what is wrong
+        faults: dict[str, tuple[str, list[str]]] = {}  # the first message and all places, by kind
         overlong: dict[str, list[tuple[int, str]]] = {}  # tokens and places, by the limit
 
         for row in rows:
             try:
                 prompts.append(self._prompt(self._read(row, part.source, prefix), row.where, noted))
             except ConfigError as error:
-                faults.setdefault(str(error).replace(row.where, _ROW), []).append(row.where)
+                fault = str(error).replace(row.where, _ROW)
+                faults.setdefault(_VALUE.sub("", fault), (fault, []))[1].append(row.where)
             except OverlongError as error:
                 overlong.setdefault(error.limit, []).append((error.num_tokens, row.where))
 
         is_fault = self.config.overlong == "error"
-        if lines := [*_first(faults), *(_longest(overlong, len(rows)) if is_fault else ())]:
+        if lines := [
+            *_first([*faults.values()]),
+            *(_longest(overlong, len(rows)) if is_fault else ()),
+        ]:
             raise ConfigError("\n".join(lines))
 
         if not prompts:
@@ -219,11 +229,11 @@ class _Loading:
         )
 
 
-def _first(faults: Mapping[str, Sequence[str]]) -> list[str]:
+def _first(faults: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """Returns the first few kinds of fault, a line each, and the number of rows that have others."""
-    lines = [fault.replace(_ROW, list_places(places)) for fault, places in faults.items()]
+    lines = [fault.replace(_ROW, list_places(places)) for fault, places in faults]
     if len(lines) > FAULTS_SHOWN:
-        more = sum(map(len, [*faults.values()][FAULTS_SHOWN:]))
+        more = sum(len(places) for _, places in faults[FAULTS_SHOWN:])
         verb = "s have" if more > 1 else " has"
         lines[FAULTS_SHOWN:] = [f"{more} more row{verb} other mistakes"]
 

@@ -26,6 +26,7 @@ Tool = Mapping[str, object]  # a JSON schema
 ASKING: Final = ("prompt", "messages")  # the roles of columns of which one asks
 INSTRUCTING: Final = ("system", "developer")
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+_OF_A_MESSAGE: Final = ("role", "content")
 CHAT_AS_TEXT: Final = (
     "the prompt is JSON text of a chat, and taken as it stands; prompts.columns: {messages: prompt} "
     "reads it as messages"
@@ -186,6 +187,17 @@ def _message(row: DataRow, field: str, value: object) -> Message:
         _refuse(row, field, f"must be an object with role and content, is {told(value)}")
 
     role = value.get("role")
+    if lacking := [
+        name for name in _OF_A_MESSAGE[: 1 + (role != "assistant")] if name not in value
+    ]:
+        fields = ", ".join(f"`{name}`" for name in value) or "none"
+        fault = (
+            f"has no {' and no '.join(lacking)}; its fields are {fields}. A message has a role, one "
+            f"of {', '.join(ROLES)}, and content; a data function can rename its fields: "
+            "docs/extending.md#your-own-functions"
+        )
+        _refuse(row, field, fault)
+
     if role not in ROLES:
         _refuse(
             row,

@@ -402,13 +402,57 @@ def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
 
 
 def test_kinds_of_mistakes_beyond_the_first_five_are_counted(tmp_path):
+    values = (1, [], {}, True, "", [1], [1], 1)
+    wrong = [{"prompt": "a", "source": value} for value in values]
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, *({"prompt": "a", "source": number} for number in (1, 2, 3, 4, 5, 6, 6, 1)))
+        load(tmp_path, *wrong, {"prompt": []}, {"prompt": {}})
 
     first, *_, last = told = str(caught.value).splitlines()
     assert "rows.jsonl:1 (and 1 more row): source: must be text, is the number 1" in first
     assert len(told) == 6
-    assert last == "2 more rows have other mistakes"
+    assert last == "4 more rows have other mistakes"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"prompt": number} for number in range(40)],
+            "rows.jsonl:1 (and 39 more rows): prompt: must be text or a list of messages, is the number 0",
+        ),
+        (
+            [{"messages": [{"role": role, "content": "?"}]} for role in ("human", "gpt", "x" * 70)],
+            "rows.jsonl:1 (and 2 more rows): messages, number 1, role: must be one of",
+        ),
+        (
+            [{"prompt": "a", "id": "ab"[number % 2]} for number in range(6)],
+            'rows.jsonl:3 (id "a") (and 3 more rows): id: ' + "'a' stands twice: it is that of",
+        ),
+    ],
+)
+def test_rows_that_differ_in_a_value_alone_have_one_mistake(tmp_path, rows, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *rows)
+
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            {"from": "human", "value": "?"},
+            "has no role and no content; its fields are `from`, `value`.",
+        ),
+        ({"role": "user", "value": "?"}, "has no content; its fields are `role`, `value`."),
+        ({}, "has no role and no content; its fields are none."),
+    ],
+)
+def test_a_message_with_other_fields_names_them(tmp_path, message, words):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, {"messages": [message]})
+
+    assert f"messages, number 1: {words} A message has a role, one of" in str(caught.value)
 
 
 def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):

@@ -282,7 +282,10 @@ def test_tools_may_be_json_text():
             {"messages": [{**ASK, "role": "human"}]},
             'messages, number 1, role: must be one of .*user.*; is "human"',
         ),
-        ({"messages": [{"content": "a"}]}, "messages, number 1, role: must be one of .*; is null"),
+        (
+            {"messages": [{"content": "a"}]},
+            "messages, number 1: has no role; its fields are `content`. A message has",
+        ),
         (
             {"messages": [ASK, {**ASK, "content": None}]},
             "messages, number 2, content: must be text .*, is null",
