@@ -221,13 +221,22 @@ def rows_of(key: str, function: str, options: Mapping[str, object]) -> list[Row]
     """Calls a data function; returns its rows.
 
     Raises:
-        ConfigError: it cannot be loaded, raises, or yields something that is no mapping by name.
+        ConfigError: it cannot be loaded, raises, yields no rows, or something that is no mapping by
+            name.
     """
     data = load(key, function, DataFunction, options)
     rows: list[Row] = []
 
     try:
-        for number, row in enumerate(data(), start=1):
+        found = data()
+        if inspect.iscoroutine(found):
+            found.close()
+
+        if not isinstance(found, Iterable):
+            what = "None" if found is None else f"a value of type {type(found).__name__}"
+            raise ConfigError(f"{key}: {function}: returned {what}; it must yield rows")
+
+        for number, row in enumerate(found, start=1):
             rows.append(_checked(row, f"{key}: {function}: row {number}"))
     except (ConfigError, KeyboardInterrupt):
         raise

@@ -11,9 +11,10 @@ from eopd.rewards.verdict import Verdict
 from eopd.types import PromptSample, Reference
 
 
-def require_answers(data: PromptSet, grader: GraderName) -> None:
+def require_answers(data: PromptSet, grader: GraderName, key: str) -> None:
     """Checks that every prompt has an accepted answer, and that the grader can read it: else every
-    response would be wrong. A user's function is tried with the first one alone.
+    response would be wrong. A user's function, which ``key`` of the config names, is tried with the
+    first one alone.
 
     Raises:
         ConfigError: names rows that have none, or one that the grader cannot read, or says what is
@@ -26,9 +27,9 @@ def require_answers(data: PromptSet, grader: GraderName) -> None:
         )
 
     if grader not in OWN_GRADERS:
-        return try_grader(grader, _answer(data.prompts[0]))
+        return try_grader(key, grader, _answer(data.prompts[0]))
 
-    with open_grader(grader) as grade:
+    with open_grader(grader, key=key) as grade:
         unreadable = [
             prompt
             for prompt in data.prompts

@@ -41,7 +41,9 @@ def require_functions(config: Config, train: PromptSet) -> None:
 
 
 def _try_gate(gate: CustomGate, top_k: int) -> None:
-    """Tries a gate on four tokens, of which the teacher is ever less sure, and on one."""
+    """Tries a gate on four tokens, of which the teacher is ever less sure, and on one; twice each, as
+    it must be pure.
+    """
     import torch
 
     from eopd.loss.gate import GateError, custom_gate, load_gate
@@ -60,12 +62,16 @@ def _try_gate(gate: CustomGate, top_k: int) -> None:
     try:
         for number in (_TOKENS, 1):
             some = {name: getattr(tokens, name)[:number] for name in GateTokens.__slots__}
-            custom_gate(
-                gate.function,
-                function,
-                GateTokens(**some),
-                torch.ones(number).bool(),
+            first, again = (
+                custom_gate(gate.function, function, GateTokens(**some), torch.ones(number).bool())
+                for _ in range(2)
             )
+            if not torch.equal(first, again):
+                raise GateError(
+                    f"loss.gate.function: {gate.function}: is not pure (a gate keeps nothing between "
+                    f"calls, and draws no numbers): it gave {first.tolist()} and then "
+                    f"{again.tolist()}"
+                )
     except GateError as error:
         raise ConfigError(f"{error}, for {number} made-up tokens") from None
 

@@ -28,6 +28,7 @@ from eopd.preflight.pinning import key_of_benchmark
 from eopd.prompts import PromptOrder, PromptSet, TeacherView
 from eopd.prompts.rendering import Rendering, Tokenizer
 from eopd.remember import remembered
+from eopd.rewards import verifier
 from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
 from eopd.telemetry.plain import told_while_slow
 from eopd.telemetry.trackers import require_trackers
@@ -245,7 +246,7 @@ def load_train(config: Config, tokenizer: Tokenizer) -> PromptSet:
         keep_rows=config.reads_rows,
     )
     if config.loss.reward is not None and config.loss.reward.is_ours:
-        require_answers(train, config.loss.reward.function)
+        require_answers(train, config.loss.reward.function, verifier.KEY)
 
     prompts_by_teacher(names_of(config.prompts.data), train.prompts, config)
     return train
@@ -275,7 +276,7 @@ def load_benchmark(config: Config, benchmark: BenchmarkConfig, tokenizer: Tokeni
         prompts = prompts.model_copy(update={"columns": benchmark.columns})
 
     data = PromptSet.load(benchmark.data, prompts, tokenizer, key=key_of_benchmark(benchmark))
-    require_answers(data, benchmark.grader)
+    require_answers(data, benchmark.grader, f"evaluation.benchmarks.{benchmark.name}.grader")
     return data.in_turn()
 
 

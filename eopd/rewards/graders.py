@@ -16,7 +16,6 @@ from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Re
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.types import Reference
 
-_KEY: Final = "grader"
 # 1 and 0 are equal to True and False
 _VERDICTS: Final[Mapping[object, Verdict]] = {
     True: Verdict.CORRECT,
@@ -26,11 +25,14 @@ _VERDICTS: Final[Mapping[object, Verdict]] = {
 
 
 @contextlib.contextmanager
-def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Iterator[Grader]:
+def open_grader(
+    name: GraderName, *, key: str = "grader", time_limit_s: float = CPU_LIMIT_S
+) -> Iterator[Grader]:
     """Opens the grader called ``name``; on exit its process, if it has one, has ended.
 
     Args:
         name: ``exact``, ``math``, or ``package.module:name`` of a ``GraderFunction``.
+        key: the key or the option that names it, for messages.
         time_limit_s: CPU time that one judgement of a process may take before it is a ``TIMEOUT``.
             A busy machine changes no verdict, since waiting is not counted.
 
@@ -42,7 +44,7 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
         return
 
     asked = Asked(
-        key=_KEY,
+        key=key,
         function=JUDGE if name == "math" else name,
         kind=GraderFunction,
         cpu_limit_s=time_limit_s,
@@ -59,21 +61,19 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
             yield grade
 
 
-def try_grader(function: str, reference: Reference) -> None:
-    """Calls a user's grader once, with a response that is made up.
+def try_grader(key: str, function: str, reference: Reference) -> None:
+    """Calls a user's grader, which ``key`` of the config names, once with a response that is made up.
 
     Raises:
         ConfigError: it cannot be loaded, fails, or gives something else than a verdict.
     """
-    asked = Asked(key=_KEY, function=function, kind=GraderFunction)
+    asked = Asked(key=key, function=function, kind=GraderFunction)
     said = ask_once(asked, "made up", reference)
     if isinstance(said, Failed):
-        raise ConfigError(f"{_KEY}: {said.cause}")
+        raise ConfigError(f"{key}: {said.cause}")
 
     if said.value not in _VERDICTS:
-        raise ConfigError(
-            f"{_KEY}: {function}: must return True, False or None (is {said.value!r})"
-        )
+        raise ConfigError(f"{key}: {function}: must return True, False or None (is {said.value!r})")
 
 
 def _verdict(said: Returned | Failed) -> Verdict:

@@ -52,7 +52,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(directory)
     parts = pin_parts("DATA", benchmark.data, {})
     data = PromptSet.load(parts, prompts, tokenizer, key="DATA")
-    require_answers(data, benchmark.grader)
+    require_answers(data, benchmark.grader, "--grader")
     for note in data.notes:
         log(f"note: {note}")
 
@@ -69,7 +69,7 @@ def evaluate_model(
                 max_tokens=rollout.max_response_tokens,
             )
 
-    with open_grader(benchmark.grader) as grader, cluster.connect(config):
+    with open_grader(benchmark.grader, key="--grader") as grader, cluster.connect(config):
         cluster.require_room([plan_rollout(rollout)], config)
         result = asyncio.run(run())
 

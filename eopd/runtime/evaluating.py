@@ -199,9 +199,9 @@ class Evaluator:
         """Runs a benchmark on the weights of a step, and records what it measured; says so where its
         grader cannot be loaded any more, and training goes on.
         """
-        started = time.monotonic()
+        started, key = time.monotonic(), f"evaluation.benchmarks.{benchmark.name}.grader"
         try:
-            async with _in_a_thread(open_grader(benchmark.grader)) as grader:
+            async with _in_a_thread(open_grader(benchmark.grader, key=key)) as grader:
                 result = await self._answers(benchmark, prompts, engines, grader)
         except ConfigError as error:
             self._outlets.say(f"step {step}, {benchmark.name}: not measured: {error}")

@@ -419,13 +419,15 @@ async def test_a_grader_that_was_broken_meanwhile_costs_its_measurement_and_no_m
     await run.evaluator.beside.finish()
     assert lines(run) == [(0, "before", "held_out"), (0, "before", "math")]
     (told,) = [text for text in run.outlets.said if "not measured" in text]
-    assert told.startswith("step 0, mine: not measured: grader: my_grader:grade: importing")
+    assert told.startswith(
+        "step 0, mine: not measured: evaluation.benchmarks.mine.grader: my_grader:grade: importing"
+    )
 
 
 @pytest.mark.parametrize("verdict", [Verdict.ERROR, Verdict.TIMEOUT])
 async def test_an_error_and_a_time_out_are_no_grades(made, monkeypatch, verdict):
     grades = nullcontext(lambda response, reference: verdict)
-    monkeypatch.setattr("eopd.runtime.evaluating.open_grader", lambda name: grades)
+    monkeypatch.setattr("eopd.runtime.evaluating.open_grader", lambda name, key: grades)
     run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
     await run.evaluator.evaluate("before")
     await run.evaluator.beside.finish()

@@ -305,6 +305,8 @@ def test_a_function_yields_rows_and_is_called_once(module):
         ("yield {'prompt': 'a'}\n    yield {'prompt': 3}", "row 2: prompt: must be text or a"),
         ("yield {'prompt': 'a'}\n    yield 'b'", "row 2 is str; every row must be a mapping"),
         ("return []", "rows_of_mine:rows has no rows"),
+        ("return None", "rows_of_mine:rows: returned None; it must yield rows"),
+        ("return 3", "rows_of_mine:rows: returned a value of type int; it must yield rows"),
         ("raise OSError('no disk')", "rows_of_mine:rows: raised OSError: no disk ("),
         ("yield {'prompt': 'a', 'id': 1}\n    yield {'prompt': 'b', 'id': 1}",
          "row 2 (id 1): id: '1' stands twice"),
@@ -317,6 +319,17 @@ def test_a_function_that_fails_is_named_with_its_row(module, body, message):
     assert str(caught.value).startswith("prompts.data: rows_of_mine:rows")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [("return []", "coroutine"), ("yield {'prompt': 'a'}", "async_generator")]
+)
+def test_a_function_that_is_awaited_yields_no_rows(module, body, kind):
+    with pytest.raises(ConfigError) as caught:
+        load({"function": module(f"async def rows():\n    {body}\n")})
+
+    said = f"returned a value of type {kind}; it must yield rows"
+    assert str(caught.value) == f"prompts.data: rows_of_mine:rows: {said}"
 
 
 # --- folders, and subsets of data sets

@@ -747,6 +747,9 @@ def gate(tokens, *, low=0.0):
 def never_enough(tokens):
     return tokens.teacher_entropy
 
+def drawn(tokens):
+    return torch.rand(len(tokens.teacher_entropy))
+
 def score(row, response, response_ids, *, column="weight"):
     return row[column] / len(response_ids)
 
@@ -798,6 +801,10 @@ def test_functions_of_the_user_are_tried_and_reported_with_their_sources(functio
     ("override", "words"),
     [
         (
+            "loss.gate.function=made_up:drawn",
+            "made_up:drawn: is not pure (a gate keeps nothing between calls, and draws no numbers)",
+        ),
+        (
             "loss.gate.function=made_up:never_enough",
             "loss.gate.function: made_up:never_enough: returned 0 to 3; a gate is from 0 to 1",
         ),
@@ -833,7 +840,7 @@ def test_a_function_that_cannot_be_used_is_one_message(functions, check, overrid
 def test_a_grader_of_the_user_is_tried_with_the_first_answer(functions, files):
     prompts = (fakes.prompt(answer="5"),)
     data = PromptSet(prompts=prompts, parts=(prompts,), texts={}, places={}, notes=())
-    preflight.require_answers(data, "made_up:grade")
-    words = "grader: made_up:perhaps: must return True, False or None (is 0.5)"
+    preflight.require_answers(data, "made_up:grade", "--grader")
+    words = "--grader: made_up:perhaps: must return True, False or None (is 0.5)"
     with pytest.raises(ConfigError, match=re.escape(words)):
-        preflight.require_answers(data, "made_up:perhaps")
+        preflight.require_answers(data, "made_up:perhaps", "--grader")
