@@ -10,7 +10,7 @@ that differ in anything else.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from eopd.config import ConfigError
 from eopd.tokenizer import end_token_ids, load_tokenizer, vocab_size
@@ -18,6 +18,7 @@ from eopd.tokenizer import end_token_ids, load_tokenizer, vocab_size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SHOWN: Final = 3
 # Scripts, digits, spaces and markup on which tokenizers of equal vocabulary but other rules part
 # ways.
 _PROBE = (
@@ -271,5 +272,23 @@ def _require_same_tokens(
     raise ConfigError(
         f"student {student} and teacher {teacher} have different vocabularies "
         f"({len(student_ids)} and {len(teacher_ids)} tokens): id {first} is {told[0]} for "
-        f"the student and {told[1]} for the teacher"
+        f"the student and {told[1]} for the teacher{_spare(student_ids, teacher_ids)}"
+    )
+
+
+def _spare(student_ids: Mapping[str, int], teacher_ids: Mapping[str, int]) -> str:
+    """Returns what only one of two vocabularies has, and what to do; nothing where each has some."""
+    own, theirs = (
+        student_ids.items() - teacher_ids.items(),
+        teacher_ids.items() - student_ids.items(),
+    )
+    if own and theirs:
+        return ""
+
+    more, other = ("student", "teacher") if own else ("teacher", "student")
+    spare = sorted((token_id, token) for token, token_id in own or theirs)
+    some = _listed(dict(spare[:_SHOWN])) + (" and so on" if len(spare) > _SHOWN else "")
+    return (
+        f"; only the {more} has {some}. If nothing needs them, train with a copy of the {more} that "
+        f"has the tokenizer files of the {other}: its rows of them are padding then"
     )

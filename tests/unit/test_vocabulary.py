@@ -3,6 +3,7 @@ one thing changed.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,28 @@ def test_an_added_token_counts(student, tmp_path):
     message = r"is no token for the student and '<think>' for the teacher"
     with pytest.raises(ConfigError, match=message):
         require_same_vocabulary(student, teacher, {})
+
+
+@pytest.mark.parametrize("larger", ["student", "teacher"])
+def test_tokens_that_only_one_has_are_named_and_can_be_padding(tmp_path, larger):
+    pair = {
+        name: model_directory(tmp_path / name, rows=SIZE + 40) for name in ("student", "teacher")
+    }
+    tokenizer = load_tokenizer(pair[larger])
+    tokenizer.add_tokens([f"<{letter}>" for letter in "abcd"])
+    tokenizer.save_pretrained(pair[larger])
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(pair["student"], pair["teacher"], {})
+
+    last, (other,) = len(tokenizer), [name for name in pair if name != larger]
+    names = ", ".join(f"{last - 4 + i} '<{letter}>'" for i, letter in enumerate("abc"))
+    assert f"; only the {larger} has {names} and so on. If nothing needs" in str(refused.value)
+    pair[larger] = shutil.copytree(pair[larger], tmp_path / "copy")
+    for path in pair[other].glob("tokenizer*"):
+        shutil.copy(path, pair[larger])
+
+    shared = require_same_vocabulary(pair["student"], pair["teacher"], {})
+    assert any(note.startswith(f"the {larger}'s rows from {last - 4} on") for note in shared.notes)
 
 
 def test_equal_tokens_under_other_rules_are_refused(student, tmp_path):
