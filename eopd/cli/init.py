@@ -10,8 +10,9 @@ from pathlib import Path
 
 import eopd
 from eopd.config import ConfigError
+from eopd.config.base import DATA_SUFFIXES
 from eopd.config.chain import read_chain
-from eopd.config.load import flatten
+from eopd.config.load import flatten, read_leaves
 
 RECIPES = Path(eopd.__file__).with_name("recipes")
 _FOLDER = "configs"
@@ -46,6 +47,15 @@ def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
         _copy(RECIPES / path, target / path)
 
     return [Path(_FOLDER) / path for path in missing], _command(RECIPES / f"{name}.yaml")
+
+
+def data_to_make(name: str, folder: Path) -> list[str]:
+    """Returns the files of rows that a recipe names and that are not below ``folder``: no recipe
+    brings rows that are the user's own.
+    """
+    values = map(str, read_leaves(RECIPES / f"{name}.yaml").values())
+    files = dict.fromkeys(value for value in values if value.endswith(DATA_SUFFIXES))
+    return [file for file in files if not (folder / file).exists()]
 
 
 def _files(name: str) -> list[Path]:

@@ -34,7 +34,7 @@ from eopd.cli.config import config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
 from eopd.cli.fork import fork
-from eopd.cli.init import recipe_names, write_recipe
+from eopd.cli.init import data_to_make, recipe_names, write_recipe
 from eopd.cli.listing import list_runs
 from eopd.cli.logs import logs
 from eopd.cli.models import models
@@ -103,6 +103,10 @@ def init(
 
     if not written:
         typer.echo("everything is there already")
+
+    if files := data_to_make(recipe, Path()):
+        rows = "your rows, which no recipe brings: docs/quickstart.md#your-data"
+        typer.echo(f"first make {' and '.join(files)} ({rows})")
 
     typer.echo(f"next: {command}")
 

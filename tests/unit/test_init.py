@@ -50,6 +50,19 @@ def test_a_written_recipe_loads_and_finds_its_prompts(name, tmp_path, monkeypatc
         assert elsewhere or Path(part.data).is_file()
 
 
+def test_rows_that_a_recipe_does_not_bring_are_to_be_made_first(eopd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = "data/math_train.jsonl and data/math_held_out.jsonl"
+    *_, first, last = eopd("init", "qwen3-0.6b-math").out.splitlines()
+    assert first.startswith(f"first make {files} (your rows, which no recipe brings: docs/")
+    assert last == "next: eopd train configs/qwen3-0.6b-math.yaml"
+    (tmp_path / "data").mkdir()
+    for name in ("math_train", "math_held_out"):
+        (tmp_path / f"data/{name}.jsonl").touch()
+
+    assert "first" not in eopd("init", "qwen3-0.6b-math").out
+
+
 def test_it_says_what_it_wrote_and_what_comes_next(eopd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = eopd("init", "tiny")
