@@ -2,6 +2,7 @@
 and no ``:100:`` as an emoji, and no control character reaches a terminal.
 """
 
+import re
 import threading
 import time
 import unicodedata
@@ -12,6 +13,7 @@ from typing import Final
 import rich.console
 
 SLOW_S: Final = 20.0
+_LINE_ENDS: Final = re.compile("[\u2028\u2029]")
 
 
 def terminal(*, width: int | None = None, stderr: bool = False) -> rich.console.Console:
@@ -47,8 +49,9 @@ def told_while_slow(what: str) -> Iterator[None]:
 
 def visible(text: str) -> str:
     """Returns a text as a person can see it, without control characters and those that turn the line
-    around. Spaces of every width stay.
+    around. Spaces of every width stay, and Unicode's own ends of lines and paragraphs are marked.
     """
+    text = _LINE_ENDS.sub("\u21b5", text)
     return "".join(c if c.isprintable() or c in "\n\t" or is_space(c) else "\ufffd" for c in text)
 
 

@@ -14,6 +14,7 @@ from eopd.evaluation.samples import response_record
 from eopd.run.directory import RunDirectory
 from eopd.runtime import responses as keeping
 from eopd.runtime.responses import Responses, of_first_prompts
+from eopd.telemetry.plain import visible
 from eopd.telemetry.responses import print_responses, responses_of
 from eopd.types import Exact, Header, Stored
 
@@ -181,6 +182,10 @@ def shown(rows, *, terminal=False, **options):
     output = rich.console.Console(file=file, width=80, highlight=False, **colours)
     print_responses(rows, output=output, **{"threshold": 0.8, **options})
     return file.getvalue()
+
+
+def test_other_line_ends_are_marked_and_not_taken_for_broken_data():
+    assert visible("a\u2028b\u2029c\x07") == "a\u21b5b\u21b5c\ufffd"
 
 
 def test_a_pipe_gets_plain_text():
