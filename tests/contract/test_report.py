@@ -227,7 +227,7 @@ def test_the_token_under_the_pointer_shows_what_the_teacher_would_have_written(p
         ["", "all others", "12.5%"],
     ]
     numbers = page.value("[...document.querySelectorAll('#card dd')].map(e => e.textContent)")
-    assert numbers == ["36.8%", "54.9%", "-0.400 nats", "1.800 nats", "open"]
+    assert numbers == ["36.8%", "54.9%", "\u22120.400 nats", "1.800 nats", "open"]
     box = page.value(
         "(b => [b.left, b.right, b.top, "
         "b.bottom])(document.getElementById('card').getBoundingClientRect())"
