@@ -215,6 +215,13 @@ def _of_flow(config: Config) -> Iterator[str]:
                 f"double quotes in YAML, on the command line --set 'prompts.{name}=\"...\\n...\"'"
             )
 
+    if config.flow.filter is not None and config.loss.reward is not None:
+        yield (
+            "flow.filter: what it drops moves all later responses up, so that two batches may share "
+            "those to one prompt; a reward is compared within its batch, and one that is alone there "
+            "gives no advantage"
+        )
+
     if config.flow.max_staleness > STALE:
         yield (
             f"flow.max_staleness: trajectories may be {config.flow.max_staleness} versions "

@@ -1434,15 +1434,25 @@ def test_the_property_itself_sees_a_config(tmp_path):
             r"""quotes in YAML, on the command line --set 'prompts.suffix="...\n..."'""",
         ),
         (
+            "flow.filter={function: 'm:keep'}",
+            "flow.filter: what it drops moves all later responses up, so that two batches may share "
+            "those to one prompt; a reward is compared within its batch, and one that is alone there "
+            "gives no advantage",
+        ),
+        (
             "prompts.held_out=a.jsonl",
             "prompts.held_out: is prompts.data; held-out numbers are then those of training",
         ),
     ],
 )
 def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
-    meant = ["run.batches=60", r"prompts.suffix='as \nabla f'"]
-    assert list(oddities(load_config(path, meant))) == []
-    assert list(oddities(load_config(path, ["run.batches=60", override]))) == [note]
+    base = ["run.batches=60"]
+    if "flow.filter" in override:  # without a reward nothing is odd about it
+        assert list(oddities(load_config(path, [*base, override]))) == []
+        base += ["rollout.samples_per_prompt=2", "loss.reverse_kl.reward={function: exact}"]
+
+    assert list(oddities(load_config(path, [*base, r"prompts.suffix='as \nabla f'"]))) == []
+    assert list(oddities(load_config(path, [*base, override]))) == [note]
 
 
 @pytest.mark.parametrize(
