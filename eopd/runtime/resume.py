@@ -291,7 +291,7 @@ def _other_versions(directory: RunDirectory, config: Config) -> list[Change]:
     """Returns the packages that have another version than they had, and the commit."""
     before, now = in_words(directory.versions()), in_words(versions_of(config, {}))
     return [
-        Change(name, before[name], now[name], "noted")
+        Change(name, before[name], now[name], "always")
         for name in before
         if name in now and before[name] != now[name]
     ]

@@ -300,8 +300,8 @@ def _require_same(directory: RunDirectory, config: Config, noted: Sequence[Chang
     """Raises ConfigError where a run would go on, or be counted, under other settings than before."""
     before = directory.config()
     changed = changes(before, with_choices_of(before, config))
-    computed = [each for each in changed if each.kind in COMPUTED]
-    others = {str(each): None for each in (*computed, *noted) if each.key not in MAY_CHANGE}
+    computed = [each for each in (*changed, *noted) if each.kind in COMPUTED]
+    others = {str(each): None for each in computed if each.key not in MAY_CHANGE}
     if others:
         raise ConfigError(
             f"{directory.path} was begun with other settings: {'; '.join(others)}. Put them "

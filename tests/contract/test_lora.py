@@ -36,7 +36,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 class LoraCase(Case):
     """What is adapted, and by which names the config says so."""
 
-    target_modules: Any = "all-linear"
+    target_modules: Any = ("all-linear",)
     adapted: Sequence[str] = (*ATTENTION, *MLP)
     learner: dict[str, Any] = field(default_factory=lambda: {"max_grad_norm": 1e3})
 

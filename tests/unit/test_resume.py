@@ -179,10 +179,10 @@ async def test_other_versions_are_changes_that_are_kept(config):
     directory = await run_of(config(), 5)
     file = directory.path / "versions.json"
     versions = json.loads(file.read_text())
-    other = {"torch": "1.0", "gone": "1", "provenance": {"commit": "0123abc", "cpu_model": "a"}}
+    other = {"torch": "1.0.0", "gone": "1", "provenance": {"commit": "0123abc", "cpu_model": "a"}}
     file.write_text(json.dumps(versions | other))
     commit = versions["provenance"].get("commit", "none")
-    expected = [f"versions.torch 1.0 -> {versions['torch']}"]
+    expected = [f"versions.torch 1.0.0 -> {versions['torch']}"]
     expected += [f"versions.commit 0123abc -> {commit}"] if commit != "none" else []
 
     back = take_up(config(), INPUTS, "yes")
@@ -190,7 +190,7 @@ async def test_other_versions_are_changes_that_are_kept(config):
     assert back.notes == [f"from step 6: {change}" for change in expected]
     back.carry_out()
     (row,) = fakes.read_rows(directory.path / "changes.jsonl")
-    assert (row["from_step"], row["changes"]["versions.torch"][0]) == (6, "1.0")
+    assert (row["from_step"], row["changes"]["versions.torch"][0]) == (6, "1.0.0")
     assert take_up(config(), INPUTS, "yes").changes == []
 
 
