@@ -1,8 +1,9 @@
 """Types of options are read from the source of an installed library, without importing it: an import
 of vLLM takes ten seconds.
 
-In: Python files. Out: pydantic models with the names, types and bounds of their classes. What is
-no plain type (a number, text, literal, list or mapping) is ``object``, which accepts anything.
+In: Python files. Out: pydantic models with the names, types and bounds of their classes. A type
+that is not made of plain ones (numbers, texts, literals, lists, mappings) becomes ``object``, which
+accepts anything.
 
 Example: of this file ``Declarations.read([file]).model("Args")`` is a model that accepts
 ``{"seed": 0}`` and ``{"mode": null}``, and refuses ``{"seed": -1}`` and ``{"sed": 0}``.
@@ -14,8 +15,8 @@ Example: of this file ``Declarations.read([file]).model("Args")`` is a model tha
 
 import ast
 import importlib.util
+import types
 import typing
-from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,13 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-_PLAIN: Final[Mapping[str, object]] = {
-    **{kind.__name__: kind for kind in (int, float, bool, str, list, dict)},
-    **{name: getattr(typing, name) for name in ("List", "Dict", "Literal", "Optional", "Union")},
-    "set": list,  # of JSON
-    "Path": str,
-    "type": defaultdict(lambda: object),  # of any class
+_PLAIN: Final = {"int": int, "float": float, "bool": bool, "str": str, "Path": str, "None": None}
+_COLLECTIONS: Final[Mapping[str, type]] = {
+    "list": list,
+    "List": list,
+    "set": list,
+    "dict": dict,
+    "Dict": dict,
 }
 _BOUNDS: Final = frozenset({"gt", "ge", "lt", "le"})
 
@@ -92,7 +94,7 @@ class Declarations:
         if name not in self.aliases:
             return object
 
-        return typing.Optional[self._named(name, None)]  # noqa: UP045 - known only at run time
+        return _union([self._type(self.aliases[name], None), None])
 
     def _fields(self, name: str) -> list["_AnnotatedName"]:
         body = self.classes[name].body if name in self.classes else []
@@ -102,26 +104,25 @@ class Declarations:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         ]
 
-    def _type(self, annotation: ast.expr, nested: str | None) -> object:
-        """Returns what an annotation means where its names are those that are declared."""
-        names = {
-            node.id: self._named(node.id, nested)
-            for node in ast.walk(annotation)
-            if isinstance(node, ast.Name)
-        }
-        try:
-            kind: object = eval(ast.unparse(annotation), names)
-        except (TypeError, AttributeError):  # it is not made of plain types alone
-            return object
-
-        if isinstance(kind, str):
-            return self._type(ast.parse(kind, mode="eval").body, nested)
-
-        return kind
+    def _type(self, node: ast.expr, nested: str | None) -> object:
+        match node:
+            case ast.Constant(value=None):
+                return None
+            case ast.Constant(value=str(text)):
+                return self._type(ast.parse(text, mode="eval").body, nested)
+            case ast.Name(id=name):
+                return self._named(name, nested)
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                return _union([self._type(left, nested), self._type(right, nested)])
+            case ast.Subscript(value=ast.Name(id=outer), slice=inner):
+                return self._subscript(outer, inner, nested)
+            case _:
+                return object
 
     def _named(self, name: str, nested: str | None) -> object:
-        if name in _PLAIN:
-            return _PLAIN[name]
+        builtin = {**_PLAIN, **_COLLECTIONS}
+        if name in builtin:
+            return builtin[name]
 
         if name in self.aliases:
             return self._type(self.aliases[name], nested)
@@ -131,10 +132,36 @@ class Declarations:
 
         bases = [base.id for base in self.classes[name].bases if isinstance(base, ast.Name)]
         if "Enum" in bases:
-            members = tuple(self._members(name))
-            return typing.Literal[members] if members else object
+            return _literal(self._members(name))
 
         return self.model(name, nested=nested) if nested in bases else object
+
+    def _subscript(self, outer: str, inner: ast.expr, nested: str | None) -> object:
+        parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+        if outer == "Literal":
+            return _literal([word for part in parts for word in self._words(part)])
+
+        inside = [self._type(part, nested) for part in parts]
+        if outer in ("Optional", "Union"):
+            return _union([*inside, None] if outer == "Optional" else inside)
+
+        if outer in _COLLECTIONS:
+            return types.GenericAlias(_COLLECTIONS[outer], tuple(inside))
+
+        return object
+
+    def _words(self, node: ast.expr) -> list[object]:
+        """Returns the values of a literal; another literal may be one of them by its name."""
+        match node:
+            case ast.Constant(value=value):
+                return [value]
+            case ast.Name(id=name) if name in self.aliases:
+                alias = self.aliases[name]
+                inside = alias.slice if isinstance(alias, ast.Subscript) else alias
+                parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+                return [word for part in parts for word in self._words(part)]
+            case _:
+                return [object]
 
     def _members(self, name: str) -> list[object]:
         body = self.classes[name].body
@@ -209,3 +236,17 @@ def _constants(keywords: Iterable[ast.keyword]) -> dict[str, typing.Any]:
         for keyword in keywords
         if isinstance(keyword.value, ast.Constant)
     }
+
+
+def _union(parts: list[object]) -> object:
+    if object in parts:
+        return object
+
+    return typing.Union[tuple(parts)]  # noqa: UP007 - the parts are known only at run time
+
+
+def _literal(values: list[object]) -> object:
+    if not values or object in values:
+        return object
+
+    return typing.Literal[tuple(values)]
