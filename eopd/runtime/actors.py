@@ -168,6 +168,7 @@ class RolloutActor(Actor):
 
     _engine: "VllmRolloutEngine"
     _verifier: "Verifier | None"
+    _keeps_row: bool
 
     async def start(
         self,
@@ -175,8 +176,12 @@ class RolloutActor(Actor):
         rollout: RolloutConfig,
         max_sequence_tokens: int,
         reward: Reward | None,
+        row_is_read_later: bool,
     ) -> int:
-        """Starts the engine; returns its seats."""
+        """Starts the engine; returns its seats.
+
+        Where the teacher's actor reads the row of a prompt too, it stays in the trajectory.
+        """
         require_engine_build(rollout.gpus)
         from eopd.rewards.verifier import Verifier
         from eopd.rollout.vllm_engine import VllmRolloutEngine
@@ -195,17 +200,21 @@ class RolloutActor(Actor):
             in_thread=True,
         )
         self._verifier = None if reward is None else Verifier(reward, directory)
+        self._keeps_row = row_is_read_later
 
         return min(self._engine.seats, MAX_REQUESTS)
 
     async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:
         """Samples one response, and rewards it where the run has a verifier."""
         generated = await self._engine.generate(prompt, sample_index, sampling)
-        if self._verifier is None or isinstance(generated, LostTrajectory):
+        if isinstance(generated, LostTrajectory):
             return _split(generated)
 
-        trajectory = cast(Trajectory, generated.body)
-        return await self._verifier.reward(generated.header, trajectory), trajectory
+        header, trajectory = generated.header, cast(Trajectory, generated.body)
+        if self._verifier is not None:
+            header = await self._verifier.reward(header, trajectory)
+
+        return header, trajectory if self._keeps_row else trajectory.without_row()
 
     async def call(self, method: str, *arguments: object) -> object:
         """Calls another method of the engine; ``RemoteEngine`` has their types."""
@@ -304,12 +313,12 @@ class TeacherActor(Actor):
         await self._scorer.ping()
 
     async def score(self, header: Header, trajectory: Trajectory) -> Split:
-        """Scores one trajectory, and filters it where the run has a filter, which reads its row last."""
-        if self._filter is None:
-            return _split(await self._scorer.score(Stored(header, trajectory.without_row())))
-
+        """Scores one trajectory, and filters it where the run has a filter."""
         scored = await self._scorer.score(Stored(header, trajectory))
-        return _split(await self._filter.sift(scored) if isinstance(scored, Stored) else scored)
+        if self._filter is not None and isinstance(scored, Stored):
+            scored = await self._filter.sift(scored)
+
+        return _split(scored)
 
     async def close(self) -> None:
         """Stops the filter and the scorer."""

@@ -91,6 +91,7 @@ def engine_fleet(
     max_sequence_tokens: int,
     *,
     reward: Reward | None = None,
+    row_is_read_later: bool = False,
     start_timeout_s: float,
     count_loss: Callable[[str], None],
     log: Callable[[str], None],
@@ -99,7 +100,7 @@ def engine_fleet(
     their actors, and its owner ends them.
     """
     plan = plan_rollout(rollout)
-    arguments = (student, rollout, max_sequence_tokens, reward)
+    arguments = (student, rollout, max_sequence_tokens, reward, row_is_read_later)
 
     def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteEngine]]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)

@@ -86,6 +86,7 @@ async def start_workers(
             config.rollout,
             config.max_sequence_tokens,
             reward=config.loss.reward,
+            row_is_read_later=config.flow.filter is not None,
             start_timeout_s=config.cluster.start_timeout_s,
             count_loss=restarts.count_loss,
             log=say,

@@ -109,7 +109,7 @@ class ThinRollout(RolloutActor):
 
     async def start(self, *arguments: object) -> int:
         self._engine = MadeUpEngine()
-        self._verifier = None
+        self._verifier, self._keeps_row = None, False
         return SEATS
 
 
