@@ -144,13 +144,15 @@ class Pool(Generic[W]):
             member = await self._seat(place, request)
 
             try:
-                return await self._serve(member, work)
-            except WorkerDownError as error:
-                self.num_failures += 1
-                self._lose(member, str(error))
+                answer = await self._serve(member, work)
             finally:
                 member.started.pop(request, None)
                 self._hand_out()
+
+            if answer is not None:
+                return answer[0]
+
+            self.num_failures += 1
 
     def status(self) -> list[str]:
         """Returns what each worker does now, a line each, for people."""
@@ -218,14 +220,11 @@ class Pool(Generic[W]):
 
         return found
 
-    async def _serve(self, member: _Member[W], work: Callable[[W], Awaitable[R]]) -> R:
-        """Returns the answer of one worker.
-
-        Raises:
-            WorkerDownError: the worker is lost, or is to be.
-            NoAnswerError: it is well, and did not answer in time.
-        """
-        answer = asyncio.ensure_future(work(member.worker))
+    async def _serve(
+        self, member: _Member[W], work: Callable[[W], Awaitable[R]]
+    ) -> tuple[R] | None:
+        """Returns the answer of one worker in a tuple, or None if the worker is lost."""
+        answer: asyncio.Future[Any] = asyncio.ensure_future(work(member.worker))
         try:
             events: set[asyncio.Future[Any]] = {answer, member.lost}
             await asyncio.wait(
@@ -233,36 +232,38 @@ class Pool(Generic[W]):
                 timeout=self._timeout_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if not answer.done():
-                await self._require_well(member)
-
+            is_well = answer.done() or (not member.lost.done() and await self._is_well(member))
             if answer.done():
-                return await answer
+                return (await answer,)
+
+            if not is_well:
+                return None
 
             self.num_failures += 1
             raise NoAnswerError(
                 f"no answer of {self.name} {member.number} within {self._timeout_s:g} s"
             )
+        except WorkerDownError as error:
+            self._lose(member, str(error))
+            return None
         finally:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
 
-    async def _require_well(self, member: _Member[W]) -> None:
-        """Pings a worker that missed a deadline, once for all its requests.
-
-        Raises:
-            WorkerDownError: it does not answer, or was lost before.
+    async def _is_well(self, member: _Member[W]) -> bool:
+        """Pings a worker that missed a deadline, once for all its requests. It is lost if it does
+        not answer.
         """
-        if member.lost.done():
-            raise WorkerDownError("it was lost")
-
         if member.ping is None or member.ping.done():
             member.ping = asyncio.create_task(self._answers(member.worker))
 
-        if not await asyncio.shield(member.ping):
-            raise WorkerDownError(
-                f"no answer within {self._timeout_s:g} s, nor to a ping within {PING_S:g} s"
+        answers = await asyncio.shield(member.ping)
+        if not answers:
+            self._lose(
+                member, f"no answer within {self._timeout_s:g} s, nor to a ping within {PING_S:g} s"
             )
+
+        return answers
 
     async def _answers(self, worker: W) -> bool:
         try:
