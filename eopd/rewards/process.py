@@ -49,7 +49,8 @@ class Asked:
     """A function that is asked, by its import path.
 
     ``kind`` is one of the Protocols of ``eopd/plugins.py``, and ``key`` the key of the config that
-    names the function.
+    names the function. ``clock_limit_s`` is the time that it has to take a question, and then to
+    answer it.
     """
 
     key: str

@@ -55,12 +55,12 @@ from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.parent import PARENT
 from eopd.run.place import require_no_foreign_files
-from eopd.run.provenance import versions_of
+from eopd.run.provenance import in_words, known_at, versions_of
 from eopd.run.reading import (
     config_before,
     is_up_to_step,
-    parse_object,
     read_changes,
+    read_object,
     read_rows,
     read_samples,
     read_summary,
@@ -70,6 +70,7 @@ from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
 from eopd.run.storage import append_kept, force_kept, write_whole
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
+_OF_ANOTHER = "it was changed by hand, or written by another version of eopd"
 _MAY_BE_CUT = 8  # lines at the end of a file, by crashes and full disks
 _OUT_OF_ORDER = 1_000  # among so many rows steps may go back: benchmarks end beside later steps
 
@@ -231,8 +232,7 @@ class RunDirectory:
         try:
             return load_config(self._config)
         except ConfigError as error:
-            writer = "it was changed by hand, or written by another version of eopd"
-            raise ConfigError(f"{error}; {writer}") from None
+            raise ConfigError(f"{error}; {_OF_ANOTHER}") from None
 
     def checkpoint(self, step: int | None) -> Path:
         """Returns the checkpoint of a step, or the newest that is whole.
@@ -473,15 +473,12 @@ class RunDirectory:
         append_jsonl(self._held_out, record)
 
     def versions(self) -> dict[str, object]:
-        """Returns what ``provenance.versions_of`` said when the run was taken up last; nothing where
-        that cannot be read.
-        """
-        try:
-            text = self._versions.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return {}
+        """Returns what ``provenance.versions_of`` said when the run was taken up last."""
+        return read_object(self._versions)
 
-        return parse_object(text)
+    def versions_at(self, step: int) -> dict[str, str]:
+        """Returns what computed the step of a checkpoint, as ``provenance.in_words`` has it."""
+        return known_at(step, in_words(self.versions()), read_changes(self._changes))
 
     def _write_versions(self, config: Config, machines: Mapping[str, object]) -> None:
         versions = versions_of(config, machines)

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from eopd import __version__
 from eopd.config import Config
 from eopd.config.processor import of_processor
 from eopd.plugins import sources
+from eopd.run.reading import ChangeRecord
 
 PACKAGES = (
     "deepspeed",
@@ -62,6 +63,20 @@ def in_words(versions: Mapping[str, object]) -> dict[str, str]:
         known["versions.commit"] = where.get("commit")
 
     return {name: value for name, value in known.items() if isinstance(value, str)}
+
+
+def known_at(
+    step: int, versions: Mapping[str, str], changes: Sequence[ChangeRecord]
+) -> dict[str, str]:
+    """Returns the versions that held at a step, of those that hold now and all changes since the run
+    began.
+    """
+    held = dict(versions)
+    for change in reversed(changes):
+        if change.from_step > step:
+            held |= {key: str(old) for key, (old, _) in change.changes.items() if key in held}
+
+    return held
 
 
 def provenance(working_directory: Path = Path()) -> dict[str, str]:

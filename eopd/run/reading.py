@@ -134,9 +134,11 @@ def _last_samples(rows: Sequence[dict[str, Any]], phase: str) -> dict[str, dict[
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds; nothing where it is missing or holds something else."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return parse_object(text)
+    """Returns what a JSON file holds; nothing where it cannot be read or holds something else."""
+    try:
+        return parse_object(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
 
 
 def parse_object(text: str) -> dict[str, Any]:

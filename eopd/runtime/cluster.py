@@ -116,7 +116,7 @@ def _require_room(
     say: Callable[[str], None],
     look: Callable[[], None],
 ) -> None:
-    until = time.monotonic() + wait_s
+    until, is_told = time.monotonic() + wait_s, False
     while True:
         try:
             return _settle(roles, look)
@@ -124,7 +124,9 @@ def _require_room(
             if time.monotonic() > until:
                 raise
 
-            say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
+            if not is_told:
+                say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
+                is_told = True
 
         _wait_for_room(roles, until, look)
 

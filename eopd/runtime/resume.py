@@ -141,7 +141,10 @@ def take_up(
         require_no_collapse(directory, state.step)
 
     config = with_choices_of(directory.config_at(state.step), config)
-    changed = [*what_changed(directory, config, state, inputs), *_other_versions(directory, config)]
+    changed = [
+        *what_changed(directory, config, state, inputs),
+        *_other_versions(directory, config, state.step),
+    ]
 
     return replace(
         new,
@@ -287,9 +290,9 @@ def _other_sources(directory: RunDirectory, config: Config) -> list[str]:
     ]
 
 
-def _other_versions(directory: RunDirectory, config: Config) -> list[Change]:
-    """Returns the packages that have another version than they had, and the commit."""
-    before, now = in_words(directory.versions()), in_words(versions_of(config, {}))
+def _other_versions(directory: RunDirectory, config: Config, step: int) -> list[Change]:
+    """Returns the packages that have another version than at a step, and the commit."""
+    before, now = directory.versions_at(step), in_words(versions_of(config, {}))
     return [
         Change(name, before[name], now[name], "always")
         for name in before

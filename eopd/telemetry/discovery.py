@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -82,7 +82,9 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        partial.chmod(0o644)  # Prometheus is another user
+        with suppress(OSError):  # of a file system without modes
+            partial.chmod(0o644)  # Prometheus is another user
+
         os.replace(partial, path)
     except OSError as error:
         raise ConfigError(

@@ -191,7 +191,23 @@ async def test_other_versions_are_changes_that_are_kept(config):
     back.carry_out()
     (row,) = fakes.read_rows(directory.path / "changes.jsonl")
     assert (row["from_step"], row["changes"]["versions.torch"][0]) == (6, "1.0.0")
+    assert texts(take_up(config(), INPUTS, "yes").changes) == expected, "no later step is kept yet"
+    add_rows(directory, [6])
+    await fakes.save_checkpoint(directory.checkpoints, state(6))
     assert take_up(config(), INPUTS, "yes").changes == []
+
+
+async def test_versions_are_those_of_the_step_that_a_run_goes_back_to(config):
+    directory = await run_of(config(), 5)
+    file = directory.path / "versions.json"
+    now = file.read_text()
+    file.write_text(json.dumps(json.loads(now) | {"torch": "1.0.0"}))
+    take_up(config(), INPUTS, "yes").carry_out()
+    add_rows(directory, range(6, 11))
+    await fakes.save_checkpoint(directory.checkpoints, state(10))
+    (change,) = texts(take_up(config(), INPUTS, "yes", 5).changes)
+    assert change.startswith("versions.torch 1.0.0 -> ")
+    assert take_up(config(), INPUTS, "yes", 10).changes == []
 
 
 async def test_another_source_of_a_function_is_said_and_refused_by_nobody(
