@@ -155,7 +155,7 @@ def test_a_row_of_numpy_values_and_tuples_becomes_what_json_would_have(directory
     [
         ("yield {'prompt': 'a'}\n    raise OSError('no disk')", "raised OSError: no disk"),
         ("yield {'prompt': 'a'}\n    yield 'b'", "row 2 is str"),
-        ("return 3", "raised TypeError: 'int' object is not iterable"),
+        ("return 3", "returned a value of type int; it must yield rows"),
         ("yield {'prompt': 'a', 5: 6}", "row 1 has a column 5; names of columns are text"),
         ("yield {'f': lambda: 1}", "row 1 holds what cannot be copied to another process: "),
         ("row = {}\n    row['row'] = row\n    yield row", "row 1 is nested too deeply, or holds"),

@@ -300,7 +300,18 @@ def test_every_kind_of_fault_is_told_once_with_its_first_row(tmp_path):
 
 def test_only_the_first_kinds_of_fault_are_told(tmp_path):
     with pytest.raises(ConfigError) as refused:
-        load(tmp_path, *({"prompt": number} for number in range(9)))
+        load(
+            tmp_path,
+            {"prompt": 1},
+            {"prompt": " "},
+            {"prompt": None},
+            {"other": 1},
+            {"messages": []},
+            {"prompt": "a", "id": []},
+            {"prompt": "a", "source": 3},
+            {"prompt": "a", "answer": {}},
+            {"prompt": "a", "tools": 3},
+        )
 
     assert str(refused.value).count("\n") == 5
     assert str(refused.value).endswith("\n4 more rows have other mistakes")
