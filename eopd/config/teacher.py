@@ -156,8 +156,8 @@ class TeacherConfig(Section):
 
     head_dtype: Literal["float32", "model"] = "float32"
     """The precision in which the head computes logits. ``float32`` is exact, and on CPUs keeps a
-    float32 copy of the head; ``model`` computes in the model's own precision, which is faster and good enough
-    for a gate.
+    float32 copy of the head; ``model`` computes in the model's own precision, which is faster and
+    good enough for a gate.
     """
 
     temperature: Temperature = 1.0

@@ -34,7 +34,7 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from eopd.config.saved import read_saved
-from eopd.run.storage import force, needed, replaced
+from eopd.run.storage import force, replaced, storage_errors
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -87,7 +87,7 @@ async def write_checkpoint(
     final = root / f"step-{state.step:06d}"
     advice = partial(_advice, root)
     remove_partial(root)
-    with needed(final, advice), replaced(final) as made, needed(final, advice):
+    with storage_errors(final, advice), replaced(final) as made, storage_errors(final, advice):
         made.mkdir(parents=True)
         await save(made / "learner")
         (made / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")

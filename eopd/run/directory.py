@@ -55,7 +55,7 @@ from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.parent import PARENT
 from eopd.run.place import require_no_foreign_files
-from eopd.run.provenance import in_words, known_at, versions_of
+from eopd.run.provenance import versions_at, versions_by_key, versions_of
 from eopd.run.reading import (
     config_before,
     is_up_to_step,
@@ -477,8 +477,8 @@ class RunDirectory:
         return read_object(self._versions)
 
     def versions_at(self, step: int) -> dict[str, str]:
-        """Returns what computed the step of a checkpoint, as ``provenance.in_words`` has it."""
-        return known_at(step, in_words(self.versions()), read_changes(self._changes))
+        """Returns what computed the step of a checkpoint, as ``provenance.versions_by_key`` has it."""
+        return versions_at(step, versions_by_key(self.versions()), read_changes(self._changes))
 
     def _write_versions(self, config: Config, machines: Mapping[str, object]) -> None:
         versions = versions_of(config, machines)

@@ -53,7 +53,7 @@ def versions_of(config: Config, machines: Mapping[str, object]) -> dict[str, obj
     }
 
 
-def in_words(versions: Mapping[str, object]) -> dict[str, str]:
+def versions_by_key(versions: Mapping[str, object]) -> dict[str, str]:
     """Returns what computes a run, of what ``versions_of`` returned: the version of each package, and
     the commit.
     """
@@ -65,7 +65,7 @@ def in_words(versions: Mapping[str, object]) -> dict[str, str]:
     return {name: value for name, value in known.items() if isinstance(value, str)}
 
 
-def known_at(
+def versions_at(
     step: int, versions: Mapping[str, str], changes: Sequence[ChangeRecord]
 ) -> dict[str, str]:
     """Returns the versions that held at a step, of those that hold now and all changes since the run

@@ -49,7 +49,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     Raises:
         StorageError: it could not be written; the file is as it was.
     """
-    with needed(path), replaced(path) as partial, needed(path):
+    with storage_errors(path), replaced(path) as partial, storage_errors(path):
         with partial.open("w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
 
@@ -62,7 +62,7 @@ def append_kept(path: Path, record: Mapping[str, object]) -> None:
     Raises:
         StorageError: the disk did not take it.
     """
-    with needed(path):
+    with storage_errors(path):
         append_jsonl(path, record)
 
 
@@ -72,13 +72,13 @@ def force_kept(path: Path) -> None:
     Raises:
         StorageError: the disk did not take it.
     """
-    with needed(path):
+    with storage_errors(path):
         if path.exists():
             force(path)
 
 
 @contextmanager
-def needed(path: Path, advice: Callable[[], str] = lambda: _ADVICE) -> Iterator[None]:
+def storage_errors(path: Path, advice: Callable[[], str] = lambda: _ADVICE) -> Iterator[None]:
     """Raises an ``OSError`` of the block as a ``StorageError`` about ``path``. Around ``replaced`` this
     is for the renaming; inside of it, the free space is that before anything is removed.
     """

@@ -38,7 +38,7 @@ from eopd.run.checkpoint import (
 )
 from eopd.run.directory import RunDirectory
 from eopd.run.place import require_no_foreign_files
-from eopd.run.provenance import in_words, versions_of
+from eopd.run.provenance import versions_by_key, versions_of
 from eopd.run.reading import instead_of_going_on
 from eopd.run.record import Summary
 from eopd.run.restore import config_of_kept
@@ -292,7 +292,7 @@ def _other_sources(directory: RunDirectory, config: Config) -> list[str]:
 
 def _other_versions(directory: RunDirectory, config: Config, step: int) -> list[Change]:
     """Returns the packages that have another version than at a step, and the commit."""
-    before, now = directory.versions_at(step), in_words(versions_of(config, {}))
+    before, now = directory.versions_at(step), versions_by_key(versions_of(config, {}))
     return [
         Change(name, before[name], now[name], "always")
         for name in before

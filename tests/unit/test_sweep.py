@@ -277,18 +277,24 @@ def test_names_are_pinned_once_for_all_runs_and_stay_so(bench, monkeypatch):
     assert commits == [100.0] * 6
 
 
-def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
-    bench.fates({"gate-never-seed-0": "wait"})
+def swept_and_disturbed(bench, disturb):
+    """Runs a sweep, and calls ``disturb`` once two of its runs have begun."""
 
-    def interrupt():
+    def wait():
         while len(bench.began()) < 2:
             time.sleep(0.05)
 
-        os.kill(os.getpid(), signal.SIGINT)
+        disturb()
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=wait).start()
     sweep = bench.sweep()
     sweep.run(1)
+    return sweep
+
+
+def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
+    bench.fates({"gate-never-seed-0": "wait"})
+    sweep = swept_and_disturbed(bench, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert sweep.status == "interrupted"
     assert [run.status for run in sweep.runs] == [
         "completed",
@@ -308,16 +314,11 @@ def test_a_job_that_is_stopped_is_one_request_and_its_runs_are_interrupted(bench
     bench.fates({"gate-never-seed-0": "start"})
 
     def stop():
-        while len(bench.began()) < 2:
-            time.sleep(0.05)
-
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(bench.calls()[-1]["pid"], signal.SIGTERM)
 
-    threading.Thread(target=stop).start()
-    sweep = bench.sweep()
-    sweep.run(1)
+    sweep = swept_and_disturbed(bench, stop)
     assert sweep.status == "interrupted"
     assert [run.status for run in sweep.runs[:3]] == ["completed", "interrupted", "waiting"]
     asked = [text for text in bench.said if text.startswith("ending the runs")]
